@@ -6,7 +6,7 @@ SITE := .cache/site
 STUBS := .cache/stubs
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo gallery test test-slow test-guards test-torch lint lint-tensorrt docs docs-formats docs-support bench bench-gpu clean
+.PHONY: demo gallery test test-slow test-guards test-gpu test-torch lint lint-tensorrt docs docs-formats docs-support bench bench-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/graphcomb demo
@@ -23,6 +23,11 @@ test-slow: $(STAMP)
 test-guards: $(STAMP)
 	$(BIN)/pytest -m slow -n 2 --timeout 1200 -k "not densenet121 and not regnet" tests/runtime/export tests/passes \
 	  tests/graphcomb/session tests/graph/transplant
+
+# Tests that need a GPU: models, examples and batches of a user that lie on one, and engines that run on one.
+test-gpu: $(STAMP)
+	GRAPHCOMB_GPU=1 $(BIN)/pytest -n 4 tests/graphcomb/test_gpu.py tests/runtime/prediction/test_latency_table.py \
+	  tests/runtime/engines/test_torch_backends.py
 
 # A short suite on another torch, which is installed beside .venv; results are in tests/torch_versions.md.
 test-torch: $(STAMP)

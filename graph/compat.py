@@ -22,6 +22,7 @@ from torch.export import ExportedProgram
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # noqa: F401
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_traceable_wrapper_subclass
 from torch.utils._sympy import functions as size_functions  # noqa: F401
 
 from .errors import BadInput
@@ -70,6 +71,33 @@ def fake(mode: FakeTensorMode | None, tensor: torch.Tensor) -> torch.Tensor:
     if mode is None:
         raise BadInput("the graph has no tensor input to propagate shapes from")
     return mode.from_tensor(tensor, static_shapes=True)
+
+
+@contextmanager
+def exact_kernels() -> Iterator[None]:
+    """A context in which a GPU computes in full fp32, not in TF32 (which PyTorch's convolutions use by default and which
+    keeps ten bits), and chooses the same kernels for the same sizes every time."""
+    cudnn = torch.backends.cudnn
+    flags: list[tuple[Any, str, Any]] = [(cudnn, "benchmark", False), (cudnn, "deterministic", True)]
+    products = None
+    try:
+        _ = cudnn.allow_tf32
+        products = torch.get_float32_matmul_precision()
+        flags.append((cudnn, "allow_tf32", False))
+    except RuntimeError:  # the caller uses the newer flags, which cannot be mixed with these
+        flags += [(part, "fp32_precision", "ieee") for part in (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)]
+    before = [getattr(part, name) for part, name, _ in flags]
+    try:
+        for part, name, value in flags:
+            setattr(part, name, value)
+        if products is not None:
+            torch.set_float32_matmul_precision("highest")
+        yield
+    finally:
+        for (part, name, _), value in zip(flags, before, strict=True):
+            setattr(part, name, value)
+        if products is not None:
+            torch.set_float32_matmul_precision(products)
 
 
 @contextmanager

@@ -131,9 +131,12 @@ def drop_dead(module: fx.GraphModule) -> None:
 
 # --------------------------------------------------------------------------------------------------------- fake values
 def infer(node: fx.Node) -> None:
-    """Give a new node its fake value by running its operator on the fake values of its inputs."""
+    """Give a new node its fake value by running its operator on the fake values of its inputs; dynamic dimensions stay
+    symbolic. Raises BadInput for a node without an input tensor."""
     mode = compat.fake_mode([i.meta.get("val") for i in node.all_input_nodes])
-    with mode, torch.no_grad():  # type: ignore[union-attr]
+    if mode is None:
+        raise BadInput(f"{node.name}: it has no tensor input to infer its shape from")
+    with compat.faking(mode):
         node.meta["val"] = compute(node, lambda n: n.meta["val"])
 
 

@@ -12,20 +12,21 @@ from typing import Any
 import torch
 from torch import fx
 from torch.export import ExportedProgram
+from torch.export.passes import move_to_device_pass
 
 from . import fp8  # noqa: F401  its operators are known then, also in loaded programs
 from .capture import archive
-from .capture.export import batch_dynamic, custom_functions, dynamic_shapes_of, export
+from .capture.export import CPU, batch_dynamic, custom_functions, device_of, dynamic_shapes_of, export, moved
 from .capture.functional import CaptureWarning, functional_graph, own, written_parameters
 from .capture.modes import guess_modes, read_modes
 from .capture.proof import Proof
 from .capture.proof import prove as compare
 from .capture.regions import flatten_regions
-from .compat import copy_specs, pytree
+from .compat import copy_specs, fake_mode, faking, pytree
 from .cost import terms, total, unknowns
 from .edit import attributes, copy_tensor, drop_dead, propagate, rebuild
 from .errors import BadInput, CaptureError
-from .facts import CASTS
+from .facts import CASTS, SEQUENCES
 from .files import replacing
 from .nodes import op_name, source
 from .outputs import only_outputs
@@ -76,7 +77,10 @@ class Program:
     @classmethod
     def _of(cls, exported: ExportedProgram, history: list[dict[str, Any]] | None = None) -> Program:
         args, kwargs = exported.example_inputs
-        return cls(functional_graph(exported), args, kwargs, dynamic_shapes_of(exported), history)
+        program = cls(functional_graph(exported), args, kwargs, dynamic_shapes_of(exported), history)
+        # In a trace by torch 2.11 the last states of an LSTM have a dimension too many.
+        program._stale = any(op_name(node) in SEQUENCES for node in program.structure.nodes)
+        return program
 
     def derive(self, graph_module: fx.GraphModule, stale: bool = True) -> Program:
         """A program with the same inputs and history around another graph. stale: whether shapes in the graph's metadata
@@ -88,6 +92,30 @@ class Program:
     def copy(self) -> Program:
         """An independent copy, with its own weights and graph."""
         return self.derive(rebuild(self._module, copy_tensor), stale=self._stale)
+
+    def to(self, device: str | torch.device) -> Program:
+        """An independent copy whose weights and example inputs lie on a device, on which its operators also create
+        tensors."""
+        device, new = torch.device(device), self.copy()
+        values = [n.meta["val"] for n in new.structure.nodes if n.op == "placeholder"]
+        new._module.to(device)
+        new.args, new.kwargs = moved((new.args, new.kwargs), device)
+        if (mode := fake_mode(values)) is not None:
+            with faking(mode):
+                for node in new.structure.nodes:
+                    if node.op == "placeholder":
+                        node.meta["val"] = moved(node.meta["val"], device)
+        new._stale = True
+        return new
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the program's weights."""
+        return device_of(self._module) or CPU
+
+    def on_cpu(self) -> Program:
+        """The program itself if it lies on the processor, else a copy there."""
+        return self if self.device == CPU else self.to(CPU)
 
     # ------------------------------------------------------------------------------------------------------- access
     @property
@@ -125,6 +153,8 @@ class Program:
         training: export train mode (dropout on, batch statistics, which update the running ones), for training without
         graphcomb; an exported program has only one mode.
         """
+        if self.device != CPU:  # what another device decides by itself must not enter a graph
+            return move_to_device_pass(self.on_cpu().exported(training), self.device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             module = rebuild(self._module).train(training)  # the live module stays as it is
@@ -172,13 +202,14 @@ class Program:
 
     # ----------------------------------------------------------------------------------------------------- storage
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write a `.pt2` file that includes the record of passes, under a temporary name that is then renamed. Raises
-        BadInput if the file cannot be written."""
+        """Write a `.pt2` file that includes the record of passes, under a temporary name that is then renamed. Its tensors
+        are on the processor. Raises BadInput if the file cannot be written."""
         path = Path(path)
+        stored = self.on_cpu()
         with replacing(path) as part:
             with warnings.catch_warnings(), part.open("wb") as file:  # not a name: without .pt2 torch logs a warning
                 warnings.simplefilter("ignore")
-                torch.export.save(self.exported(), file, extra_files={archive.RECORD: json.dumps(self.history)})
+                torch.export.save(stored.exported(), file, extra_files={archive.RECORD: json.dumps(self.history)})
             archive.seal(part)
         return path
 
@@ -206,7 +237,7 @@ def capture(
     outputs: Sequence[str] | None = None,
 ) -> Program:
     """Capture a model in eval mode, together with what training changes. The model is left as it was; its weights are
-    copied.
+    copied. The program and its example inputs are on the model's device.
 
     args: example inputs (a tuple, or a single tensor). dynamic_shapes: as for `torch.export.export`, or "batch" for a
     dynamic first dimension of every tensor. prove: whether to compare the program with the model on the example inputs
@@ -227,6 +258,8 @@ def _captured(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, prove: bool
 ) -> Program:
     args, kwargs = _distinct((args, kwargs))
+    if (device := device_of(model)) is not None:
+        args, kwargs = moved((args, kwargs), device)
     names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
     if odd := next(filter(reserved, names), None):
         raise CaptureError(
@@ -254,7 +287,7 @@ def _captured(
         lost = read_modes(exported, training, model)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always", CaptureWarning)
-            program = Program._of(exported).copy()
+            program = Program._of(exported).copy() if device is None else Program._of(exported).to(device)
         notes += [str(w.message) for w in said if w.category is CaptureWarning]
     notes += _casts(program)
     if prove:

@@ -58,6 +58,7 @@ class Context:
     def __post_init__(self) -> None:
         self.data, self.val = (adapted(d, self.inputs, self.labels) for d in (self.data, self.val))
         self.out = None if self.out is None else Path(self.out)
+        self.teacher = self.teacher and self.teacher.on_cpu()
 
     def replaced(self, caller: str, **fields: Any) -> Context:
         """Return a copy with some fields set anew. Raises BadInput, which names `caller`, for an unknown field."""
@@ -188,7 +189,8 @@ class Pass(Options):
     exact: ClassVar[bool] = False
 
     def __call__(self, program: Any, context: Context | None = None, **fields: Any) -> Any:
-        """Apply the pass. An `ExportedProgram` in gives an `ExportedProgram` out; a `Program` gives a `PassResult`.
+        """Apply the pass. An `ExportedProgram` in gives an `ExportedProgram` out; a `Program` gives a `PassResult`, whose
+        program is on the same device.
 
         Keyword arguments set fields of a new `Context` (or override those of the one given). Raises BadInput for
         another type of program and for an unknown field.
@@ -200,6 +202,11 @@ class Pass(Options):
                 f"{type(self).__name__}: takes a Program or an ExportedProgram, got {type(program).__name__}"
             )
         context = (context or Context()).replaced(type(self).__name__, **fields)
+        if program is not program.on_cpu():  # passes start there and use the process's device where it helps
+            result = self(program.on_cpu(), context)
+            result.program = result.program.to(program.device)
+            result.masked = result.masked and result.masked.to(program.device)
+            return result
         self.check_alone()
         start = time.perf_counter()
         result = self.run(program, context)

@@ -1,5 +1,5 @@
 """Of all tests: a rule's own mistake fails the test instead of becoming a refusal, Ctrl-C reaches what tests start, and
-everybody's run is the same: one thread, every test from the same seed, properties on the same examples."""
+everybody's run is the same: one thread, no GPU, every test from the same seed, properties on the same examples."""
 
 import gc
 import os
@@ -10,6 +10,8 @@ import torch
 from hypothesis import settings
 
 os.environ["GRAPHCOMB_STRICT"] = "1"
+if not os.environ.get("GRAPHCOMB_GPU"):  # set by `make test-gpu`, for the tests that need one
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell, and then in every child
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

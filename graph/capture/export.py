@@ -20,7 +20,7 @@ import torch
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from ..compat import SYMBOLS_LOG, BatchNorm, pytree
+from ..compat import SYMBOLS_LOG, BatchNorm, is_traceable_wrapper_subclass, pytree
 from ..errors import BadInput, CaptureError
 
 ADVICE = (
@@ -35,11 +35,23 @@ def export(
     """`torch.export` of the model in one mode, with gradients on, so that `torch.no_grad()` regions are visible in the
     graph.
 
-    The model is left as it was. Raises CaptureError if the export fails, BadInput if the model lacks the chosen outputs.
+    A model on another device is exported on the processor if that is possible (see `on_processor`). The model is left as it
+    was. Raises CaptureError if the export fails, BadInput if the model lacks the chosen outputs.
     """
     words = [name for name in kwargs if keyword.iskeyword(name)]
     if words:
         raise CaptureError(f'the input "{words[0]}" is a keyword of Python, which no graph can take; rename the input')
+
+    if device_of(model) is not None:
+        with contextlib.suppress(CaptureError), on_processor(model):  # fails if the forward itself names a device
+            return _exported(model, *moved((args, kwargs), CPU), dynamic_shapes, training)
+    return _exported(model, args, kwargs, dynamic_shapes, training)
+
+
+def _exported(
+    model: torch.nn.Module, args: tuple, kwargs: dict, dynamic_shapes: Any, training: bool
+) -> ExportedProgram:
+    """As `export`, on the devices on which the tensors lie."""
 
     def run(gradients: bool) -> ExportedProgram:
         with (
@@ -176,6 +188,65 @@ def _may_change(tensor: torch.Tensor) -> bool:
     """Whether a forward pass may write to the tensor. Parameters do not count, since copying all of them would cost too
     much."""
     return type(tensor) is torch.Tensor and tensor.device.type != "meta" and tensor.layout == torch.strided
+
+
+# ------------------------------------------------------------------------------------------------------------- devices
+CPU = torch.device("cpu")
+
+
+def device_of(model: torch.nn.Module) -> torch.device | None:
+    """The device of a model whose tensors all lie on the same one, other than the processor; else None."""
+    devices = {t.device for t in [*model.parameters(), *model.buffers()]}
+    device = next(iter(devices), CPU)
+    return device if len(devices) == 1 and device.type not in ("cpu", "meta") else None
+
+
+def moved(inputs: Any, device: torch.device) -> Any:
+    """The inputs with their tensors on a device; those that are there already are the same tensors."""
+
+    def on_device(x: torch.Tensor) -> torch.Tensor:
+        return x if x.device == device else x.detach().to(device).requires_grad_(x.requires_grad)
+
+    return pytree.tree_map_only(torch.Tensor, on_device, inputs)
+
+
+@contextmanager
+def on_processor(model: torch.nn.Module) -> Iterator[None]:
+    """A context in which a model refers to copies of its tensors on the processor; its own tensors stay as they are, since
+    wrappers such as DDP hold on to them.
+
+    A graph must not depend on what a device decides by itself: cuDNN normalises up to 65,535 images at once, and attention
+    kernels take some sizes only, which `torch.export` reports as limits that a dynamic batch violates.
+    """
+    copies: dict[int, torch.Tensor] = {}
+
+    def there(value: Any) -> Any:
+        if type(value) is tuple:
+            new = tuple(map(there, value))
+            return new if any(a is not b for a, b in zip(value, new, strict=True)) else value
+        if not isinstance(value, torch.Tensor) or value.device == CPU or is_traceable_wrapper_subclass(value):
+            return value
+        if id(value) not in copies:
+            copy = value.detach().to(CPU)
+            copies[id(value)] = torch.nn.Parameter(copy, False) if isinstance(value, torch.nn.Parameter) else copy
+            copies[id(value)].requires_grad_(value.requires_grad)
+        return copies[id(value)]
+
+    containers = [c.value for c in _held(model)[0]]
+    before: list[tuple[Any, Any, Any]] = []
+    try:
+        for container in containers:
+            if isinstance(container, (set, collections.deque)):
+                continue
+            keys = list(container) if isinstance(container, dict) else range(len(container))
+            for key in keys:
+                if (new := there(old := container[key])) is not old:
+                    before.append((container, key, old))
+                    container[key] = new
+        yield
+    finally:
+        for container, key, old in before:
+            container[key] = old
 
 
 CONTAINERS = (dict, list, set, collections.deque)

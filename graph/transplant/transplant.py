@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..capture.export import CPU, device_of
 from ..comb.groups import FOLDED
 from ..compat import pytree
 from ..edit import like, tensor_at
@@ -37,7 +38,9 @@ def transplant(program: Program, model: nn.Module) -> nn.Module:
         new = copy.deepcopy(model)
     except Exception as error:  # such as of weights that a hook computes
         raise Refused(f"transplant: the model cannot be copied ({reason(error)})") from error
-    modes = [m.training for m in new.modules()]
+    modes, device, program = [m.training for m in new.modules()], device_of(new), program.on_cpu()
+    if device is not None:
+        new.to(CPU)
     shrunk = _place(program, new)
     _cut_folded(program, new, shrunk)
     _set_layers(program, new)
@@ -47,7 +50,7 @@ def transplant(program: Program, model: nn.Module) -> nn.Module:
         _prove(program, new, wrong)
     for module, mode in zip(new.modules(), modes, strict=True):
         module.training = mode
-    return new
+    return new if device is None else new.to(device)
 
 
 def _place(program: Program, new: nn.Module) -> dict[str, Sizes]:

@@ -82,8 +82,8 @@ def surgery(before: Program, result: Any, *, seed: int = 0, batches: int = 2, re
 
 def check(before: Program, result: Any, *, seed: int = 0, batches: int = 2, retrained: bool = False) -> Verdict:
     """The full verdict; see `surgery` for the arguments. Raises BadInput if `result.removed` does not fit the program."""
-    before = getattr(result, "masked", None) or before
-    removed, after = checked(before, removed_since(before, result)), result.program
+    before = (getattr(result, "masked", None) or before).on_cpu()
+    removed, after = checked(before, removed_since(before, result)), result.program.on_cpu()
     wrong = differences(before, after, removed, retrained)
     if wrong:
         return Verdict(float("inf"), float("nan"), float("nan"), False, tuple(wrong))

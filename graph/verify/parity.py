@@ -44,6 +44,7 @@ def _outputs(form: Runs, args: tuple, kwargs: dict[str, Any]) -> list[torch.Tens
 def equivalence(before: Program, after: Program, *, seed: int = 0, batches: int = 2) -> float:
     """Worst relative error, in float64, of two programs on their own weights and the same random inputs; a dynamic batch is
     tried at `batches` sizes. For rewrites that change weights but not the function (folding, merging)."""
+    before, after = before.on_cpu(), after.on_cpu()
     trial = Trial(before, after, {}, seed, own=True)
     trial.draw(seed)
     ours, theirs = Evaluator(before, trial.weights), Evaluator(after, double_weights(after))
@@ -53,6 +54,7 @@ def equivalence(before: Program, after: Program, *, seed: int = 0, batches: int 
 def randomised(program: Program, seed: int = 0) -> Program:
     """A copy of the program with random weights and calibrated BatchNorm (see `randomise`), in its own precision. Rewrites
     should be tested on it, since freshly initialised weights hide errors."""
+    program = program.on_cpu()
     trial = Trial(program, program, {}, seed)
     trial.draw(seed)
     copy = program.copy()

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..graph.compat import is_unscaled
+from ..graph.capture.export import CPU, device_of, moved
+from ..graph.compat import exact_kernels, is_unscaled
 from ..graph.edit import tensor_at
 from ..graph.errors import BadInput, GraphcombError
 from ..graph.program import Program, capture
@@ -86,6 +87,7 @@ def attach(
             )
         if example is None:
             raise BadInput("attach: give example=(x,), inputs as the whole model takes them")
+        example, kwargs = moved((tuple(example), kwargs), device_of(model) or CPU)
         whole, model = model, part_of(model, submodule)
         example, kwargs = inputs_of(model, submodule, whole, tuple(example), kwargs or {})
     if isinstance(model, Program):
@@ -120,6 +122,7 @@ class Session:
         whole: nn.Module | None,
     ):
         context = context.replaced("attach", teacher=context.teacher or program)
+        device, program = program.device, program.on_cpu()
         self.program, self.steps, self.step, self._own, self._pass = program, steps, 0, own, pass_
         inner = program.copy().module().train() if own is None else shared(program, own)
         in_loop: Callable[..., Work] | None = getattr(pass_, "in_loop", None)
@@ -128,6 +131,7 @@ class Session:
         self._work = in_loop(program, context, steps, inner if own is not None else None)
         if self._work.start is not None:
             inner = self._work.start.module().train()
+        inner.to(device)
         if masks := zeros(program):
             self._work.callbacks.append(HeldZeros(masks))
         self.module: nn.Module = next(m for m in (whole, own, inner) if m is not None)
@@ -234,10 +238,12 @@ class Session:
         self._trainee.leave()
         self._finished = True
         if self._own is None:
-            result = self._work.conclude(self.program.derive(self._trainee.around(source).eval()))
+            result = self._work.conclude(self.program.derive(self._trainee.around(source).eval()).on_cpu())
         else:
             result = self._work.conclude(trained(self.program, source))
             self._compare(source, result.program)
+        if (device := device_of(source)) is not None:
+            result.program = result.program.to(device)
         head = {"pass": type(self._pass).__name__, "options": self._pass.options()}
         result.record = head | result.record | {"steps": self.step}
         result.program.history = [*self.program.history, result.record]
@@ -246,8 +252,10 @@ class Session:
     def _compare(self, source: nn.Module, program: Program) -> None:
         """Raise GraphcombError if the outputs of the module and of the smaller program differ for the example inputs."""
         args, kwargs = copy.deepcopy((program.args, program.kwargs))
-        with evaluating(source), torch.no_grad():
-            error = relative_error(program.module().eval()(*args, **kwargs), source(*args, **kwargs))
+        there = moved((args, kwargs), device_of(source) or CPU)
+        with evaluating(source), torch.no_grad(), exact_kernels():
+            wanted = moved(source(*there[0], **there[1]), CPU)
+            error = relative_error(program.module().eval()(*args, **kwargs), wanted)
         if not error <= AGREES:
             raise GraphcombError(
                 f"finish: the program that was cut differs from the module by {error:.1e}; was a weight changed after the "

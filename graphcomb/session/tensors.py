@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..graph.edit import copy_tensor, rebuild, tensor_at
+from ..graph.edit import copy_tensor, like, rebuild, tensor_at
 from ..graph.errors import BadInput
 from ..graph.program import Program
 from ..graph.trainable import TrainableModule
@@ -27,7 +27,7 @@ def trained(program: Program, model: nn.Module) -> Program:
     def take(name: str, value: Any) -> Any:
         tensor = tensor_at(model, name)
         same = isinstance(value, torch.Tensor) and tensor is not None and tensor.shape == value.shape
-        return copy_tensor(name, tensor if same else value)
+        return like(tensor, tensor.detach().to(value.device, copy=True)) if same else copy_tensor(name, value)
 
     return program.derive(rebuild(program.module(), take), stale=False)
 

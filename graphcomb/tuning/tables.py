@@ -262,6 +262,7 @@ def prepare_tables(
     errors."""
     if not isinstance(program, Program):
         raise BadInput(f"tune: takes a Program, got {type(program).__name__}; graphcomb.capture makes one")
+    program = program.on_cpu()
     if samples is not None:
         check_whole("samples", samples)
     check_whole("points", points, 2)

@@ -69,11 +69,16 @@ def default_loss(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of class scores `(N, C, ...)` against class indices `(N, ...)`; label -100 is ignored.
 
     The classes may be in another dimension if the labels' shape shows which. Raises BadInput without single class
-    scores.
+    scores, IndexError for a label that is no class.
     """
     instead = "give loss= (in a recipe, loss: module:callable)"
     scores = logits_of(outputs, instead)
-    return F.cross_entropy(scores.float().movedim(class_dim(scores, labels, instead=instead), 1), labels)
+    scores = scores.float().movedim(class_dim(scores, labels, instead=instead), 1)
+    if scores.device.type != "cpu" and not labels.is_floating_point():  # there it would end the whole process
+        wrong = labels[((labels < 0) & (labels != -100)) | (labels >= scores.shape[1])]
+        if len(wrong):
+            raise IndexError(f"Target {int(wrong[0])} is out of bounds.")
+    return F.cross_entropy(scores, labels)
 
 
 def accuracy(outputs: Any, labels: torch.Tensor) -> torch.Tensor:

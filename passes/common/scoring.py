@@ -122,8 +122,10 @@ def score(
     """The mean that `evaluate` describes, for a module that the caller has put on its device and into eval mode.
 
     forward: gives the outputs of a batch. feed: fits batches to a program; None for a module that takes batches as they
-    are.
+    are, on its own device.
     """
+    home = next(iter([*forward.parameters(), *forward.buffers()]), None) if isinstance(forward, nn.Module) else None
+    device = acc.device if feed or home is None else home.device
     whole: Any = metric() if isinstance(metric, type) else metric
     if not all(hasattr(whole, name) for name in ("reset", "update", "compute")):
         whole = None
@@ -136,7 +138,7 @@ def score(
         for done, batch in enumerate(batches, 1):
             if batch.labels is None:
                 raise BadInput(f"{field}: the batches have no labels, and the metric needs them")
-            batch = batch.to(acc.device)
+            batch = batch.to(device)
             outputs = forward(*batch.args, **batch.kwargs)
             if feed:
                 outputs = feed.cut(outputs, batch)

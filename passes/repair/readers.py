@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from ...graph.comb import axes as ax
 from ...graph.comb.axes import Axis
 from ...graph.comb.solve import Comb, Group
-from ...graph.compat import pytree
+from ...graph.compat import exact_kernels, pytree
 from ...graph.errors import BadInput
 from ...graph.facts import MAPS
 from ...graph.nodes import arguments, fetch, op_name
@@ -261,7 +261,10 @@ def look(comb: Comb, nodes: Sequence[fx.Node], context: Context, samples: int, t
             done += many
         return done
 
-    with seeded(context.seed, context.data), evaluating(module), placed(module, device), _differentiable(module):
+    with (
+        seeded(context.seed, context.data), evaluating(module), placed(module, device), _differentiable(module),
+        exact_kernels(),
+    ):  # fmt: skip
         count = everywhere(batches)
     return int(summed(torch.tensor(float(count))))
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from ...graph.compat import exact_kernels
 from ...graph.errors import BadInput
 from ...graph.nodes import arguments, fetch, op_name
 from ...graph.program import Program
@@ -85,6 +86,7 @@ class Recalibrate(Pass):
                 stack.enter_context(evaluating(module))
                 stack.enter_context(placed(module, accelerator().device))
             stack.enter_context(torch.no_grad())
+            stack.enter_context(exact_kernels())
             images = take_images(result, context, self.samples)
             memory = Memory(self.memory * 1e9)
             module, run = result.module(), Stepwise(result.module(), images.inputs, memory)

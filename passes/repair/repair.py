@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx
 
+from ...graph.compat import exact_kernels
 from ...graph.errors import BadInput
 from ...graph.nodes import arguments, fetch
 from ...graph.program import Program
@@ -116,6 +117,7 @@ class Repair(Pass):
                 stack.enter_context(evaluating(module))
                 stack.enter_context(placed(module, accelerator().device))
             stack.enter_context(torch.no_grad())
+            stack.enter_context(exact_kernels())
             return _Run(self, dense, smaller, removed, context, images).record()
 
 

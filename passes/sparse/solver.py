@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ...graph.compat import exact_kernels
 from ...graph.errors import Refused
 from ...graph.nodes import fetch
 from ...graph.program import Program
@@ -93,12 +94,13 @@ class Solver:
     def run(self) -> float | None:
         """Prune. Returns the predicted rise of the loss, `1/2 dᵀ F d` with undamped `F`, for cap and woodfisher, else None.
         Raises BadInput for changing or non-finite data, Refused where rounding spoils the elimination."""
-        if self.method.name in ("cap", "woodfisher"):
-            return self._by_blocks()
-        if self.method.name in ("fastcap", "sparsegpt"):
-            self._by_sweeps()
-        else:
-            self._by_scores()
+        with exact_kernels():
+            if self.method.name in ("cap", "woodfisher"):
+                return self._by_blocks()
+            if self.method.name in ("fastcap", "sparsegpt"):
+                self._by_sweeps()
+            else:
+                self._by_scores()
         return None
 
     def _write(self, name: str, blocks: Tensor) -> None:

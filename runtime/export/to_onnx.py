@@ -140,6 +140,7 @@ def export_onnx(
     """
     start, path = time.perf_counter(), Path(path)
     device = _settings(precision, target, tolerance)
+    program = program.on_cpu()
     _check_outputs(program)
     opset = choose_opset(program, device, opset, precision)
     with _status(progress) as say:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ....graph.compat import exact_kernels
 from ....graph.errors import BadInput
 from ....graph.nodes import fetch
 from ....graph.program import Program
@@ -56,7 +57,7 @@ def input_moments(
             seen += many
         return seen
 
-    with seeded(context.seed, context.data), placed(module, device), torch.no_grad():
+    with seeded(context.seed, context.data), placed(module, device), torch.no_grad(), exact_kernels():
         seen = everywhere(add_up)
     numbers = summed(torch.tensor([seen, *rows_seen.values()], dtype=torch.float64, device=device)).tolist()
     means = {}
