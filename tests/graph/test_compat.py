@@ -1,9 +1,14 @@
-"""Private names of PyTorch are used in one file."""
+"""Private names of PyTorch are used in one file; what that file gives."""
 
 from __future__ import annotations
 
 import ast
 from pathlib import Path
+
+import pytest
+import torch
+
+from graphcomb.graph.compat import exact_kernels
 
 ROOT = Path(__file__).parents[2]
 MODULE = {"_modules", "_parameters", "_buffers"}  # of nn.Module; see graph/compat.py
@@ -50,3 +55,32 @@ def test_only_compat_uses_private_names_of_torch():
             elif isinstance(node, ast.Constant) and node.value in ("_schema", "_codegen", "_in_spec", "_out_spec"):
                 found.append(f"{where}: {node.value!r}")
     assert not found
+
+
+@pytest.fixture
+def flags():
+    """Sets PyTorch's flags of precision back."""
+    cudnn, products = torch.backends.cudnn, torch.get_float32_matmul_precision()
+    before = cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic
+    yield
+    cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "tf32" if before[0] else "ieee"
+    cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = before
+    torch.set_float32_matmul_precision(products)
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_exact_kernels_compute_in_full_precision_and_leave_the_flags(flags, newer):
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    cudnn.benchmark = True
+    if newer:  # the older flags raise an error then
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, products.fp32_precision = "tf32", "ieee", "tf32"
+    else:
+        torch.set_float32_matmul_precision("medium")
+    read = lambda: (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, products.fp32_precision)  # noqa: E731
+    before = read()
+    with exact_kernels():
+        assert "tf32" not in read()
+        assert (cudnn.benchmark, cudnn.deterministic) == (False, True)
+    assert (read(), cudnn.benchmark, cudnn.deterministic) == (before, True, False)
+    if not newer:
+        assert torch.get_float32_matmul_precision() == "medium"

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import graphcomb
-from graphcomb.graph.edit import Editor, origin, place_tensor, propagate, rebuild
+from graphcomb.graph.edit import Editor, infer, origin, place_tensor, propagate, rebuild
 from graphcomb.graph.nodes import arguments, op_name, shape, writes
 from graphcomb.graph.program import Program
 
@@ -102,3 +102,20 @@ def test_a_stored_tensor_is_overwritten_with_its_shape(program):
     stored = arguments(conv)["weight"]
     edit.overwrite(stored, nn.Parameter(torch.zeros(4, 3, 1, 1)))
     assert shape(stored) == (4, 3, 1, 1) == program.module().get_parameter(str(stored.target)).shape
+
+
+def test_inferring_a_shape_leaves_the_batch_dynamic():
+    """A composite operator that reads sizes would fix it on torch 2.11, in the program that the graph is a copy of, too."""
+    program = graphcomb.capture(nn.Linear(6, 6), torch.randn(2, 3, 5, 6), dynamic_shapes="batch")
+    copy = program.copy()
+    (node,) = [n for n in copy.graph.nodes if n.op == "call_function"]
+    with copy.graph.inserting_after(node):
+        swapped = copy.graph.call_function(torch.ops.aten.transpose.int, (node, 2, 3))
+        infer(swapped)
+    with copy.graph.inserting_after(swapped):
+        product = copy.graph.call_function(torch.ops.aten.matmul.default, (node, swapped))
+    infer(product)
+    assert product.meta["val"].shape[1:] == (3, 5, 5)
+    for graph in (program.graph, copy.graph):
+        (image,) = [n for n in graph.nodes if n.op == "placeholder"]
+        assert isinstance(image.meta["val"].shape[0], torch.SymInt)

@@ -72,17 +72,28 @@ def test_a_graph_has_no_limits_that_only_another_device_sets():
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True) as mode:
+    class Net(nn.Module):
+        """Holds tensors in all the ways that users do."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+            self.tied = self.conv.weight
+            self.shifts, self.scales = [torch.ones(8, 1, 1)], (torch.ones(1), {"last": torch.ones(1)})
+
+        def forward(self, x):
+            x = self.norm(self.conv(x)) + self.shifts[0] + self.tied.sum()
+            return x * self.scales[0] * self.scales[1]["last"]
+
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
         with torch.device("cuda"):
-            net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
-            x = torch.randn(4, 3, 8, 8)
-        held = net.state_dict(keep_vars=True)
+            net, x = Net().eval(), torch.randn(4, 3, 8, 8)
+        held = [*net.state_dict(keep_vars=True).values(), net.tied, *net.shifts, net.scales[0], net.scales[1]["last"]]
         exported = export(net, *batch_dynamic(net, (x,), {}))
     assert {t.device.type for t in exported.state_dict.values()} == {"cpu"}
     assert [str(s) for s in exported.range_constraints.values()] == ["VR[0, int_oo]"]
-    after = net.state_dict(keep_vars=True)
-    assert all(after[name] is tensor and tensor.device.type == "cuda" for name, tensor in held.items())
-    assert mode is not None
+    after = [*net.state_dict(keep_vars=True).values(), net.tied, *net.shifts, net.scales[0], net.scales[1]["last"]]
+    assert all(a is b and b.device.type == "cuda" for a, b in zip(after, held, strict=True))
 
 
 @needs_gpu
