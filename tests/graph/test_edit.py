@@ -118,4 +118,4 @@ def test_inferring_a_shape_leaves_the_batch_dynamic():
     assert product.meta["val"].shape[1:] == (3, 5, 5)
     for graph in (program.graph, copy.graph):
         (image,) = [n for n in graph.nodes if n.op == "placeholder"]
-        assert isinstance(image.meta["val"].shape[0], torch.SymInt)
+        assert not str(image.meta["val"].shape[0]).isdigit()
