@@ -77,7 +77,7 @@ def fake(mode: FakeTensorMode | None, tensor: torch.Tensor) -> torch.Tensor:
 def exact_kernels() -> Iterator[None]:
     """A context in which a GPU computes in full fp32, not in TF32 (which PyTorch's convolutions use by default and which
     keeps ten bits), and chooses the same kernels for the same sizes every time."""
-    cudnn = torch.backends.cudnn
+    cudnn: Any = torch.backends.cudnn
     flags: list[tuple[Any, str, Any]] = [(cudnn, "benchmark", False), (cudnn, "deterministic", True)]
     products = None
     try:

@@ -44,7 +44,8 @@ def export(
 
     if device_of(model) is not None:
         with contextlib.suppress(CaptureError), on_processor(model):  # fails if the forward itself names a device
-            return _exported(model, *moved((args, kwargs), CPU), dynamic_shapes, training)
+            there = moved((args, kwargs), CPU)
+            return _exported(model, there[0], there[1], dynamic_shapes, training)
     return _exported(model, args, kwargs, dynamic_shapes, training)
 
 

@@ -26,8 +26,9 @@ def trained(program: Program, model: nn.Module) -> Program:
 
     def take(name: str, value: Any) -> Any:
         tensor = tensor_at(model, name)
-        same = isinstance(value, torch.Tensor) and tensor is not None and tensor.shape == value.shape
-        return like(tensor, tensor.detach().to(value.device, copy=True)) if same else copy_tensor(name, value)
+        if tensor is None or not isinstance(value, torch.Tensor) or tensor.shape != value.shape:
+            return copy_tensor(name, value)
+        return like(tensor, tensor.detach().to(value.device, copy=True))
 
     return program.derive(rebuild(program.module(), take), stale=False)
 
