@@ -16,7 +16,7 @@ from torch.export.passes import move_to_device_pass
 
 from . import fp8  # noqa: F401  its operators are known then, also in loaded programs
 from .capture import archive
-from .capture.export import CPU, batch_dynamic, custom_functions, device_of, dynamic_shapes_of, export, moved
+from .capture.export import CPU, batch_dynamic, beside, custom_functions, device_of, dynamic_shapes_of, export, moved
 from .capture.functional import CaptureWarning, functional_graph, own, written_parameters
 from .capture.modes import guess_modes, read_modes
 from .capture.proof import Proof
@@ -258,8 +258,8 @@ def _captured(
     model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, prove: bool
 ) -> Program:
     args, kwargs = _distinct((args, kwargs))
-    if (device := device_of(model)) is not None:
-        args, kwargs = moved((args, kwargs), device)
+    device = device_of(model)
+    args, kwargs = beside(model, (args, kwargs))
     names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
     if odd := next(filter(reserved, names), None):
         raise CaptureError(
@@ -287,7 +287,9 @@ def _captured(
         lost = read_modes(exported, training, model)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always", CaptureWarning)
-            program = Program._of(exported).copy() if device is None else Program._of(exported).to(device)
+            program = Program._of(exported).copy()
+            if device is not None and program.device == CPU:
+                program = program.to(device)
         notes += [str(w.message) for w in said if w.category is CaptureWarning]
     notes += _casts(program)
     if prove:

@@ -196,10 +196,11 @@ CPU = torch.device("cpu")
 
 
 def device_of(model: torch.nn.Module) -> torch.device | None:
-    """The device of a model whose tensors all lie on the same one, other than the processor; else None."""
-    devices = {t.device for t in [*model.parameters(), *model.buffers()]}
-    device = next(iter(devices), CPU)
-    return device if len(devices) == 1 and device.type not in ("cpu", "meta") else None
+    """The device of a model, if it lies on a single one besides the processor, where some of its tensors may be; else
+    None."""
+    tensors = [*model.parameters(), *model.buffers()]
+    devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
+    return devices.pop() if len(devices) == 1 else None
 
 
 def moved(inputs: Any, device: torch.device) -> Any:
@@ -209,6 +210,14 @@ def moved(inputs: Any, device: torch.device) -> Any:
         return x if x.device == device else x.detach().to(device).requires_grad_(x.requires_grad)
 
     return pytree.tree_map_only(torch.Tensor, on_device, inputs)
+
+
+def beside(model: torch.nn.Module, inputs: Any) -> Any:
+    """The inputs on the model's device if all of them lie elsewhere; mixed ones are where the forward wants them."""
+    places = {t.device for t in [*model.parameters(), *model.buffers()]}
+    home = device_of(model) or (CPU if places == {CPU} else None)
+    tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, torch.Tensor)]
+    return inputs if home is None or any(x.device == home or x.is_meta for x in tensors) else moved(inputs, home)
 
 
 @contextmanager
@@ -225,7 +234,9 @@ def on_processor(model: torch.nn.Module) -> Iterator[None]:
         if type(value) is tuple:
             new = tuple(map(there, value))
             return new if any(a is not b for a, b in zip(value, new, strict=True)) else value
-        if not isinstance(value, torch.Tensor) or value.device == CPU or is_traceable_wrapper_subclass(value):
+        if not isinstance(value, torch.Tensor) or is_traceable_wrapper_subclass(value):
+            return value
+        if value.device.type in ("cpu", "meta"):
             return value
         if id(value) not in copies:
             copy = value.detach().to(CPU)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ..graph.capture.export import CPU, device_of, moved
+from ..graph.capture.export import CPU, beside, device_of, moved
 from ..graph.compat import exact_kernels, is_unscaled
 from ..graph.edit import tensor_at
 from ..graph.errors import BadInput, GraphcombError
@@ -87,7 +87,7 @@ def attach(
             )
         if example is None:
             raise BadInput("attach: give example=(x,), inputs as the whole model takes them")
-        example, kwargs = moved((tuple(example), kwargs), device_of(model) or CPU)
+        example, kwargs = beside(model, (tuple(example), kwargs))
         whole, model = model, part_of(model, submodule)
         example, kwargs = inputs_of(model, submodule, whole, tuple(example), kwargs or {})
     if isinstance(model, Program):
