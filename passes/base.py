@@ -58,7 +58,8 @@ class Context:
     def __post_init__(self) -> None:
         self.data, self.val = (adapted(d, self.inputs, self.labels) for d in (self.data, self.val))
         self.out = None if self.out is None else Path(self.out)
-        self.teacher = self.teacher and self.teacher.on_cpu()
+        if isinstance(self.teacher, Program):
+            self.teacher = self.teacher.on_cpu()
 
     def replaced(self, caller: str, **fields: Any) -> Context:
         """Return a copy with some fields set anew. Raises BadInput, which names `caller`, for an unknown field."""
@@ -202,8 +203,9 @@ class Pass(Options):
                 f"{type(self).__name__}: takes a Program or an ExportedProgram, got {type(program).__name__}"
             )
         context = (context or Context()).replaced(type(self).__name__, **fields)
-        if program is not program.on_cpu():  # passes start there and use the process's device where it helps
-            result = self(program.on_cpu(), context)
+        here = program.on_cpu()
+        if here is not program:  # a pass starts on the processor and uses the process's device where it helps
+            result = self(here, context)
             result.program = result.program.to(program.device)
             result.masked = result.masked and result.masked.to(program.device)
             return result
