@@ -97,14 +97,13 @@ class Program:
         """An independent copy whose weights and example inputs lie on a device, on which its operators also create
         tensors."""
         device, new = torch.device(device), self.copy()
-        values = [n.meta["val"] for n in new.structure.nodes if n.op == "placeholder"]
+        inputs = [n for n in new.structure.nodes if n.op == "placeholder"]
         new._module.to(device)
         new.args, new.kwargs = moved((new.args, new.kwargs), device)
-        if (mode := fake_mode(values)) is not None:
+        if (mode := fake_mode([n.meta["val"] for n in inputs])) is not None:
             with faking(mode):
-                for node in new.structure.nodes:
-                    if node.op == "placeholder":
-                        node.meta["val"] = moved(node.meta["val"], device)
+                for node in inputs:
+                    node.meta["val"] = moved(node.meta["val"], device)
         new._stale = True
         return new
 

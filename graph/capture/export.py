@@ -21,6 +21,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from ..compat import SYMBOLS_LOG, BatchNorm, is_traceable_wrapper_subclass, pytree
+from ..edit import like
 from ..errors import BadInput, CaptureError
 
 ADVICE = (
@@ -239,26 +240,19 @@ def on_processor(model: torch.nn.Module) -> Iterator[None]:
         if value.device.type in ("cpu", "meta"):
             return value
         if id(value) not in copies:
-            copy = value.detach().to(CPU)
-            copies[id(value)] = torch.nn.Parameter(copy, False) if isinstance(value, torch.nn.Parameter) else copy
-            copies[id(value)].requires_grad_(value.requires_grad)
+            copies[id(value)] = like(value, value.detach().to(CPU)).requires_grad_(value.requires_grad)
         return copies[id(value)]
 
-    containers = [c.value for c in _held(model)[0]]
-    before: list[tuple[Any, Any, Any]] = []
+    containers, _ = _held(model)
     try:
-        for container in containers:
-            if isinstance(container, (set, collections.deque)):
-                continue
-            keys = list(container) if isinstance(container, dict) else range(len(container))
-            for key in keys:
-                if (new := there(old := container[key])) is not old:
-                    before.append((container, key, old))
-                    container[key] = new
+        for held in (c.value for c in containers if isinstance(c.value, (dict, list))):
+            for key in list(held) if isinstance(held, dict) else range(len(held)):
+                if (new := there(held[key])) is not held[key]:
+                    held[key] = new
         yield
     finally:
-        for container, key, old in before:
-            container[key] = old
+        for container in containers:
+            container.bring_back()
 
 
 CONTAINERS = (dict, list, set, collections.deque)

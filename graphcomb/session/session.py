@@ -131,7 +131,8 @@ class Session:
         self._work = in_loop(program, context, steps, inner if own is not None else None)
         if self._work.start is not None:
             inner = self._work.start.module().train()
-        inner.to(device)
+        if own is None:  # else its tensors are the user's, which stay where they are
+            inner.to(device)
         if masks := zeros(program):
             self._work.callbacks.append(HeldZeros(masks))
         self.module: nn.Module = next(m for m in (whole, own, inner) if m is not None)

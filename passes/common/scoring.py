@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from scipy import stats
 from torch import Tensor, nn
 
+from ...graph.capture.export import CPU, device_of
 from ...graph.errors import BadInput
 from ...graph.program import Program
 from ...graph.trainable import TrainableModule
@@ -82,9 +83,13 @@ def estimate(
     acc = accelerator()
     feed = Feed(model, field) if isinstance(model, Program) else None
     module = model.module() if isinstance(model, Program) else model
-    place = placed(module, acc.device) if isinstance(module, TrainableModule) else nullcontext()
+    place: AbstractContextManager[Any] = nullcontext()
+    if isinstance(module, TrainableModule):
+        device, place = acc.device, placed(module, acc.device)
+    else:
+        device = device_of(module) or CPU  # a module of the user's stays where it is
     with evaluating(module), place:
-        return score(module, feed, data, metric or accuracy, acc, progress, field, alone)
+        return score(module, feed, data, metric or accuracy, acc, progress, field, alone, device)
 
 
 @contextmanager
@@ -118,14 +123,13 @@ def score(
     progress: bool = False,
     field: str = "val",
     alone: bool = False,
+    device: torch.device | None = None,
 ) -> Score:
     """The mean that `evaluate` describes, for a module that the caller has put on its device and into eval mode.
 
     forward: gives the outputs of a batch. feed: fits batches to a program; None for a module that takes batches as they
-    are, on its own device.
+    are. device: on which the module is, by default the process's.
     """
-    home = next(iter([*forward.parameters(), *forward.buffers()]), None) if isinstance(forward, nn.Module) else None
-    device = acc.device if feed or home is None else home.device
     whole: Any = metric() if isinstance(metric, type) else metric
     if not all(hasattr(whole, name) for name in ("reset", "update", "compute")):
         whole = None
@@ -138,7 +142,7 @@ def score(
         for done, batch in enumerate(batches, 1):
             if batch.labels is None:
                 raise BadInput(f"{field}: the batches have no labels, and the metric needs them")
-            batch = batch.to(device)
+            batch = batch.to(device or acc.device)
             outputs = forward(*batch.args, **batch.kwargs)
             if feed:
                 outputs = feed.cut(outputs, batch)
